@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.data.message import Video as Video
     from mllm_jax.data.pipeline import Mixture as Mixture
     from mllm_jax.data.pipeline import Weighted as Weighted
+    from mllm_jax.data.processing.mel_magnitudes import MelMagnitudes as MelMagnitudes
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
     from mllm_jax.data.video import FrameSampling as FrameSampling
@@ -86,6 +87,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
     from mllm_jax.generators.audioldm2_projection import AudioLDM2ProjectionConfig as AudioLDM2ProjectionConfig
+    from mllm_jax.generators.griffin_lim import GriffinLimConfig as GriffinLimConfig
     from mllm_jax.generators.sd3 import SD3TransformerConfig as SD3TransformerConfig
     from mllm_jax.generators.unet import UNetConfig as UNetConfig
     from mllm_jax.generators.unet import UNetDialect as UNetDialect
@@ -103,6 +105,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.llms.t5_encoder import T5EncoderConfig as T5EncoderConfig
     from mllm_jax.llms.whisper_decoder import WhisperDecoderConfig as WhisperDecoderConfig
     from mllm_jax.models.audioldm2 import AudioLDM2Config as AudioLDM2Config
+    from mllm_jax.models.audioldm2_output import AudioLDM2OutputConfig as AudioLDM2OutputConfig
     from mllm_jax.models.blip2 import Blip2Config as Blip2Config
     from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig as QFormerPretrainingConfig
     from mllm_jax.models.branch import Branch as Branch
@@ -132,6 +135,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.run_weights import load_run as load_run
     from mllm_jax.models.stable_diffusion import StableDiffusionConfig as StableDiffusionConfig
     from mllm_jax.models.text_to_image import TextToImageConfig as TextToImageConfig
+    from mllm_jax.models.text_to_sound import TextToSoundConfig as TextToSoundConfig
     from mllm_jax.models.text_to_video import TextToVideoConfig as TextToVideoConfig
     from mllm_jax.models.whisper import WhisperConfig as WhisperConfig
     from mllm_jax.output_projectors.linear import LinearOutputProjectorConfig as LinearOutputProjectorConfig
@@ -179,6 +183,7 @@ _NAMES = {
     "data.video": ("FrameSampling",),
     "data.message": ("Audio", "Example", "Image", "Message", "Segment", "Text", "Video"),
     "data.pipeline": ("Mixture", "Weighted"),
+    "data.processing.mel_magnitudes": ("MelMagnitudes",),
     "data.source": ("Source",),
     "data.tokenizer": ("Tokenizer",),
     "datasets.arcade_sprites": ("ArcadeSprites",),
@@ -225,6 +230,7 @@ _NAMES = {
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
     "generators.audioldm2_projection": ("AudioLDM2ProjectionConfig",),
+    "generators.griffin_lim": ("GriffinLimConfig",),
     "generators.sd3": ("SD3TransformerConfig",),
     "generators.unet": ("UNetConfig", "UNetDialect"),
     "generators.unet_audio": ("AudioUNetConfig",),
@@ -239,6 +245,7 @@ _NAMES = {
     "llms.t5_encoder": ("T5EncoderConfig",),
     "llms.whisper_decoder": ("WhisperDecoderConfig",),
     "models.audioldm2": ("AudioLDM2Config",),
+    "models.audioldm2_output": ("AudioLDM2OutputConfig",),
     "models.blip2": ("Blip2Config",),
     "models.blip2_stage1": ("QFormerPretrainingConfig",),
     "models.branch": ("Branch", "Connection"),
@@ -263,6 +270,7 @@ _NAMES = {
     "models.run_weights": ("load_run",),
     "models.stable_diffusion": ("StableDiffusionConfig",),
     "models.text_to_image": ("TextToImageConfig",),
+    "models.text_to_sound": ("TextToSoundConfig",),
     "models.text_to_video": ("TextToVideoConfig",),
     "models.whisper": ("WhisperConfig",),
     "output_projectors.linear": ("LinearOutputProjectorConfig",),

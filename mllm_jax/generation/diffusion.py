@@ -63,7 +63,7 @@ class SamplerInputs:
     Attributes:
         tokens, negatives: int32[B, L], of the texts and the negative texts, or a tree of such arrays if the model reads
             texts in several ways; the latter None without guidance.
-        conditions: float32[B, L, E] instead of tokens.
+        conditions: float32[B, L, E] instead of tokens, or a tree of such arrays.
         seeds: uint32[B].
         guidance: float32 scalar.
         latents: float32[B, h, w, C], the unit noise that an image begins with; None: from the seed.
@@ -181,7 +181,8 @@ def _conditions(call: Callable, asked: SamplerInputs, guided: bool) -> tuple[Any
         pair = text(jax.tree.map(_alternating, asked.negatives, asked.tokens))
     else:
         without = text(asked.negatives)
-        pair = _by_rows(_alternating(without, asked.conditions.astype(without.dtype)))
+        own = jax.tree.map(lambda own, empty: own.astype(empty.dtype), asked.conditions, without)
+        pair = _by_rows(jax.tree.map(_alternating, without, own))
     return pair, _by_rows(jax.tree.map(lambda states: states[1::2], pair))
 
 

@@ -93,29 +93,29 @@ class Drawer:
 
     Args:
         model, params: a `TextToImage`, such as `mllm_jax.from_pretrained` gives of a Stable Diffusion.
-        tokenizer: of its text encoder, of either class.
+        captions: the conversion of texts for its text encoder.
         mesh: over which params are sharded, or None.
     """
 
     made, axes = "images", ("height", "width")
     refused = ("frames", "seconds")  # options of other kinds of models
 
-    def __init__(self, model: nn.Module, params: dict | None, tokenizer: Any, *, mesh: Mesh | None = None):
+    def __init__(self, model: nn.Module, params: dict | None, captions: Any, *, mesh: Mesh | None = None):
         self.model, self.params, self.mesh = model, params, mesh
-        self._sampler, self.captions = Sampler(model, params, mesh), Captions.of(tokenizer, model.config.longest)
-        if tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
-            raise DataError(
-                "a tokenizer without a padding token, or without a beginning of text",
-                "CLIP's tokenizer",
-                "restore the folder's tokenizer",
-            )
+        self._sampler, self.captions = Sampler(model, params, mesh), captions
 
     @classmethod
     def load(cls, folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> Drawer:
         """Loads a folder. Raises as `mllm_jax.from_pretrained`; DataError: it has no tokenizer."""
         tokenizer = ChatTokenizer.load(Path(folder) / TOKENIZER)
+        if tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
+            raise DataError(
+                f"{folder}: a tokenizer without a padding token, or without a beginning of text",
+                "CLIP's tokenizer",
+                "restore the folder's tokenizer",
+            )
         model, params = from_pretrained(folder, dtype=dtype, mesh=mesh)
-        return cls(model, params, tokenizer, mesh=mesh)
+        return cls(model, params, model.config.captions([tokenizer]), mesh=mesh)
 
     def with_params(self, params: dict) -> Drawer:
         """Returns the same with other parameters; both share the compiled program."""
@@ -150,19 +150,19 @@ class Drawer:
         return self._draw(read, texts, negatives, seeds, how, on_step)
 
     def draw_conditions(
-        self, conditions: np.ndarray, texts: Sequence[str], how: Drawing, on_step: OnStep | None = None
+        self, conditions: Any, texts: Sequence[str], how: Drawing, on_step: OnStep | None = None
     ) -> list[Answer]:
         """Returns an answer for each condition that an output projector has made, instead of the text encoder.
 
         Args:
-            conditions: float32[n, L, E].
+            conditions: float32[n, L, E], or a tuple of these for a generator with several conditions.
             texts: what they stand for, for the metadata.
             how: its count is 1.
         """
         self._require(how)
         negatives, seeds = _negatives(how.negative, len(texts)), _seeds(how.seed, len(texts), 1)
         without = self._encoded(negatives, None)[0] if how.guided else None
-        read = dict(tokens=None, negatives=without, conditions=np.asarray(conditions))
+        read = dict(tokens=None, negatives=without, conditions=conditions)
         return self._draw(read, texts, negatives, seeds, how, on_step)
 
     def _draw(

@@ -1,4 +1,4 @@
-"""Drawing of sounds: prompts and negative prompts to samples, with an AudioLDM-2."""
+"""Drawing of sounds: prompts and negative prompts to samples."""
 
 from __future__ import annotations
 
@@ -19,13 +19,62 @@ from mllm_jax.generation.options import Answer
 from mllm_jax.generation.program import bucket
 from mllm_jax.models.audioldm2 import AudioLDM2Config, SoundTexts
 from mllm_jax.models.registry import from_pretrained
+from mllm_jax.models.text_to_sound import TextToSoundConfig
 
 TOKENIZER_2 = f"{TOKENIZER}_2"
 LEAST = 8  # tokens of a padded text
 
 
 class SoundDrawer(Drawer):
-    """A model that draws sounds, with its tokenizers.
+    """A model that draws sounds, with the conversion of its texts; the arguments are those of `Drawer`."""
+
+    made, axes = "sounds", ("time", "mel bands")
+    refused = ("frames", "height", "width", "start_image")
+
+    @property
+    def config(self) -> TextToSoundConfig:
+        return self.model.config
+
+    # ---- inside
+
+    def _start_and_size(self, how: Drawing, images: int) -> tuple[None, tuple[int, int]]:
+        """Returns no start, and frames and mel bins."""
+        c, bins = self.config, self.config.vocoder.num_mel_bins
+        frames = None if how.latents is None else np.shape(how.latents)[-3] * self.factor
+        if how.seconds is None and frames is not None:
+            return None, (frames, bins)
+        seconds = self._seconds(how)
+        if not math.isfinite(seconds) or seconds < c.frame * self.factor:
+            raise ConfigError(
+                f"seconds={seconds}", f"a number from {c.frame * self.factor:g}", "give the length of the sound"
+            )
+        asked = math.ceil(int(seconds / c.frame) / self.factor) * self.factor
+        if frames not in (None, asked):
+            raise ConfigError(
+                f"seconds={seconds} beside latents of {frames * c.frame:g} seconds",
+                "latents alone, or of that length",
+                "drop seconds",
+            )
+        return None, (asked, bins)
+
+    def _seconds(self, how: Drawing) -> float:
+        """Returns the length that is asked for, or that of the model's training."""
+        return self.config.target_shape[0] * self.config.frame if how.seconds is None else how.seconds
+
+    def _size_shown(self, how: Drawing, height: int, width: int) -> dict[str, str]:
+        return dict(seconds=f"{height * self.config.frame if how.seconds is None else how.seconds:g}")
+
+    def _answer(self, made: np.ndarray, how: Drawing, metadata: dict[str, str]) -> Answer:
+        rate = self.config.vocoder.rate
+        if how.seconds is None and how.latents is not None:
+            samples = np.shape(how.latents)[-3] * self.factor * math.prod(self.config.vocoder.rates)
+        else:
+            samples = int(self._seconds(how) * rate)
+        return Answer("<audio 1>", (), media=(Media("audio", made[:samples], float(rate), metadata),))
+
+
+class AudioLDM2Drawer(SoundDrawer):
+    """An AudioLDM-2, with its tokenizers.
 
     A sound is the same alone and in any batch. It equals that of diffusers' pipeline for its prompt alone: in a batch,
     diffusers' language model also counts the padding of shorter prompts.
@@ -36,9 +85,6 @@ class SoundDrawer(Drawer):
         mesh: over which params are sharded, or None.
     """
 
-    made, axes = "sounds", ("time", "mel bands")
-    refused = ("frames", "height", "width", "start_image")
-
     def __init__(
         self,
         model: nn.Module,
@@ -48,8 +94,8 @@ class SoundDrawer(Drawer):
         *,
         mesh: Mesh | None = None,
     ):
-        super().__init__(model, params, tokenizer, mesh=mesh)
         c = model.config
+        super().__init__(model, params, Captions.of(tokenizer, c.longest), mesh=mesh)
         # CLAP's and Flan-T5's texts, each with the size of the encoder's vocabulary.
         self._read = (
             (Captions.of(tokenizer, c.text_encoder.max_length), c.text_encoder.vocab_size),
@@ -61,7 +107,7 @@ class SoundDrawer(Drawer):
             )
 
     @classmethod
-    def load(cls, folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> SoundDrawer:
+    def load(cls, folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> AudioLDM2Drawer:
         """Loads a folder. Raises as `mllm_jax.from_pretrained`; DataError: a tokenizer is missing."""
         tokenizers = [ChatTokenizer.load(Path(folder) / name) for name in (TOKENIZER, TOKENIZER_2)]
         model, params = from_pretrained(folder, dtype=dtype, mesh=mesh)
@@ -86,44 +132,6 @@ class SoundDrawer(Drawer):
             padded_2 = _padded(second, max(lengths), self._read[1][0].words.pad_token_id)
             found.append(SoundTexts(*padded, *padded_2, np.array(lengths, np.int32)))
         return found[0], found[1] if negatives is not None else None
-
-    def _start_and_size(self, how: Drawing, images: int) -> tuple[None, tuple[int, int]]:
-        """Returns no start, and frames and mel bins."""
-        c, bins = self.config, self.config.vocoder.num_mel_bins
-        frames = None if how.latents is None else np.shape(how.latents)[-3] * self.factor
-        if how.seconds is None and frames is not None:
-            return None, (frames, bins)
-        seconds = self._seconds(how)
-        if not math.isfinite(seconds) or seconds < c.frame * self.factor:
-            raise ConfigError(
-                f"seconds={seconds}", f"a number from {c.frame * self.factor:g}", "give the length of the sound"
-            )
-        asked = math.ceil(int(seconds / c.frame) / self.factor) * self.factor
-        if frames not in (None, asked):
-            raise ConfigError(
-                f"seconds={seconds} beside latents of {frames * c.frame:g} seconds",
-                "latents alone, or of that length",
-                "drop seconds",
-            )
-        return None, (asked, bins)
-
-    def _seconds(self, how: Drawing) -> float:
-        """Returns the length that is asked for, or that of the model's training."""
-        if how.seconds is not None:
-            return how.seconds
-        rows, _ = self.config.unet.height_and_width or (256, 16)
-        return rows * self.factor * self.config.frame
-
-    def _size_shown(self, how: Drawing, height: int, width: int) -> dict[str, str]:
-        return dict(seconds=f"{height * self.config.frame if how.seconds is None else how.seconds:g}")
-
-    def _answer(self, made: np.ndarray, how: Drawing, metadata: dict[str, str]) -> Answer:
-        rate = self.config.vocoder.rate
-        if how.seconds is None and how.latents is not None:
-            samples = np.shape(how.latents)[-3] * self.factor * math.prod(self.config.vocoder.rates)
-        else:
-            samples = int(self._seconds(how) * rate)
-        return Answer("<audio 1>", (), media=(Media("audio", made[:samples], float(rate), metadata),))
 
 
 def _padded(texts: list[list[int]], longest: int, padding: int) -> tuple[np.ndarray, np.ndarray]:

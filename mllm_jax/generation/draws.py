@@ -11,9 +11,10 @@ from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.draw import Drawer, Drawing
-from mllm_jax.generation.draw_sound import SoundDrawer
+from mllm_jax.generation.draw_sound import AudioLDM2Drawer
 from mllm_jax.generation.draw_video import VideoDrawer
 from mllm_jax.generation.options import Answer
+from mllm_jax.generation.produce import DRAWERS as DRAWERS_OF_OUTPUTS
 from mllm_jax.generation.produce import Producer
 from mllm_jax.models.audioldm2 import AudioLDM2Config
 from mllm_jax.models.registry import pretrained_config
@@ -24,12 +25,12 @@ from mllm_jax.models.text_to_video import TextToVideoConfig
 DRAWERS: dict[type, type[Drawer]] = {
     StableDiffusionConfig: Drawer,
     TextToVideoConfig: VideoDrawer,
-    AudioLDM2Config: SoundDrawer,
+    AudioLDM2Config: AudioLDM2Drawer,
 }
 
 
 class Draws:
-    """The call `draw`, of an `Assistant` for a model in DRAWERS or for one that produces images in its answers."""
+    """The call `draw`, of an `Assistant` for a model in DRAWERS or for one that produces media in its answers."""
 
     model: nn.Module
     _drawer: Drawer | None
@@ -37,10 +38,14 @@ class Draws:
 
     @property
     def drawer(self) -> Drawer | None:
-        """The drawer of texts: the model's, or that of its generator of images; None: it draws no texts."""
+        """The drawer of texts: the model's, or that of its generator of images, videos or sounds, the first it has.
+
+        None: it draws no texts.
+        """
         if self._producer is None:
             return self._drawer
-        return self._producer.drawers.get("image")
+        drawers = self._producer.drawers
+        return next(drawers[modality] for modality in DRAWERS_OF_OUTPUTS if modality in drawers)
 
     def draw(
         self,

@@ -8,10 +8,12 @@ computed once the answers are complete, or for a stream after each run.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -23,6 +25,8 @@ from mllm_jax.data.processing.signals import SignalTokens
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.decode_step import on_mesh
 from mllm_jax.generation.draw import LARGEST_SEED, Drawer, Drawing
+from mllm_jax.generation.draw_sound import SoundDrawer
+from mllm_jax.generation.draw_video import VideoDrawer
 from mllm_jax.generation.media import Media
 from mllm_jax.generation.options import Answer, Options
 from mllm_jax.generation.program import bucket
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
 INCOMPLETE = "incomplete"  # the reason of an answer with an incomplete run
 APART = 1 << 20  # pieces of an answer draw different random numbers
+DRAWERS: Mapping[str, type[Drawer]] = {"image": Drawer, "video": VideoDrawer, "audio": SoundDrawer}
 NO_DRAWING = ("start_image", "strength", "latents", "noise", "count", "seed")
 
 
@@ -91,7 +96,7 @@ class Draft:
         written: number of tokens that the LLM has written itself.
         reason: see `Answer`; None: the answer goes on.
         rest: signal tokens that the LLM must write next.
-        conditions: float32[L, E] of each run, once they are computed.
+        conditions: float32[L, E] of each run, or a tuple of these, once they are computed.
     """
 
     prompt: Encoded
@@ -102,7 +107,7 @@ class Draft:
     written: int = 0
     reason: str | None = None
     rest: tuple[str, tuple[int, ...]] | None = None
-    conditions: list[np.ndarray] = field(default_factory=list)
+    conditions: list[Any] = field(default_factory=list)
 
     @property
     def read(self) -> Encoded:
@@ -327,11 +332,17 @@ class Producer:
                 continue
             seeds = [(sampling.seed + draft.index + APART * n) % (LARGEST_SEED + 1) for draft, n in mine]
             texts = [self.assistant.processor.decode(draft.prompt.tokens).strip() for draft, _ in mine]
-            states = np.stack([draft.conditions[n] for draft, n in mine])
-            made = self.drawers[modality].draw_conditions(states, texts, replace(how.how(), seed=seeds))
+            states = jax.tree.map(lambda *each: np.stack(each), *(draft.conditions[n] for draft, n in mine))
+            made = self.drawers[modality].draw_conditions(states, texts, replace(self._own(modality, how), seed=seeds))
             for place, answer in zip(places, made, strict=True):
                 found[place] = answer.media[0]
         return iter(found)
+
+    def _own(self, modality: str, how: Producing) -> Drawing:
+        """Returns the options of drawing without those that another modality of the model has and this one lacks."""
+        refused = {name: set(drawer.refused) for name, drawer in self.drawers.items()}
+        others = refused[modality] - set.intersection(*refused.values())
+        return Drawing(**{name: value for name, value in how.drawing.items() if name not in others})
 
     def _compute_conditions(self, drafts: Sequence[Draft], batch_size: int) -> None:
         """Sets the conditions of drafts, from the hidden states of whole answers."""
@@ -347,8 +358,11 @@ class Producer:
                     batch[f"{modality}_signals"] = at
             made = jax.tree.map(fetch, self._projected(program.params, program.place(batch)))
             for row, i in enumerate(chunk):
-                each = {modality: iter(rows[row]) for modality, rows in made.items()}
-                drafts[i].conditions = [next(each[modality]) for modality, _ in drafts[i].runs]
+                taken: Counter[str] = Counter()
+                for modality, _ in drafts[i].runs:
+                    own = jax.tree.map(itemgetter((row, taken[modality])), made[modality])
+                    drafts[i].conditions.append(own)
+                    taken[modality] += 1
 
     @staticmethod
     def _starts(draft: Draft, modality: str) -> list[int]:
@@ -373,5 +387,5 @@ class Producer:
         for modality, signals in self.signals.items():
             part = ours.processor.config.parts[f"generator_{modality}"]
             params = None if ours.params is None else ours.params[f"generator_{modality}"]
-            found[modality] = Drawer(part.make(), params, signals.captions.words, mesh=ours.mesh)
+            found[modality] = DRAWERS[modality](part.make(), params, signals.captions, mesh=ours.mesh)
         return found

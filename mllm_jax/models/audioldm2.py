@@ -144,6 +144,12 @@ class AudioLDM2Config(WithCompute):
             samples *= rate
         return samples / self.vocoder.rate
 
+    @property
+    def target_shape(self) -> tuple[int, int]:
+        """The shape of the spectrogram of a sound, if nothing else is asked for."""
+        rows, _ = self.unet.height_and_width or (256, 16)
+        return rows * self.factor, self.vocoder.num_mel_bins
+
     @staticmethod
     def sampler(scheduler: Any) -> Any:
         """Returns a scheduler as it is."""

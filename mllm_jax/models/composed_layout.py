@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
-from mllm_jax.data.images import as_image
-from mllm_jax.data.message import Image
-from mllm_jax.data.processing.captions import Captions
-from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens, fitted
+from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
 from mllm_jax.data.processing.encode import Words
 from mllm_jax.data.processing.frames import FrameTokens
 from mllm_jax.data.processing.signals import SignalTokens, ids_of
 from mllm_jax.data.processing.sounds import SoundTokens
+from mllm_jax.data.processing.targets import TARGETS
 from mllm_jax.data.tokenizer import tokenizer_in
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import DataError
@@ -68,27 +65,19 @@ def signal_conversions(config: Any, tokenizer: Words, folder: Path | None) -> di
     found = {}
     for modality, names in names_of_signals(config).items():
         output = config.output(modality)
-        words = tokenizer if output.tokenizer is None else tokenizer_in(captions_folder(folder, modality))
-        generator = output.generator
+        generator, words = output.generator, [tokenizer]
+        if output.tokenizer is not None:
+            words = [tokenizer_in(captions_folder(folder, modality) / name) for name in generator.tokenizers]
         found[modality] = SignalTokens(
             modality,
             ids_of(tokenizer, names, str(folder)),
             output.queries,
             generator.target_shape,
             generator.target_dtype,
-            _image_target(generator),
-            Captions.of(words, generator.longest),
+            partial(TARGETS[modality], generator),
+            generator.captions(words),
         )
     return found
-
-
-def _image_target(generator: Any):
-    """Returns a function of an image's pixels uint8[side, side, 3] as the generator learns them."""
-
-    def target(part: Image) -> np.ndarray:
-        return fitted(as_image(part.source), generator.target_shape[0])
-
-    return target
 
 
 def image_token(tokenizer: Words, taken: Collection[int] = ()) -> int:

@@ -29,18 +29,23 @@ class Diffused:
     prediction: str = struct.field(pytree_node=False)
 
 
-def diffuse(generator: nn.Module, modality: str, batch, condition: jax.Array) -> Diffused:
+def diffuse(generator: nn.Module, modality: str, batch, condition: Any) -> Diffused:
     """Noises the targets of one modality and denoises them; see `Produces.diffused`.
 
     Args:
-        condition: [B, M, L, E].
+        condition: [B, M, L, E], or a tree of such arrays for a generator with several conditions.
     """
     names = ("latents", "noise", "level", "dropped")
     media = batch[f"{modality}_latents"].shape[:2]
     latents, noise, level, dropped = (rearrange(batch[f"{modality}_{name}"], "b m ... -> (b m) ...") for name in names)
     empty = jax.lax.stop_gradient(generator.condition(batch[f"{modality}_empty"][:1]))
-    condition = rearrange(condition, "b m ... -> (b m) ...")
-    condition = jnp.where(dropped.astype(bool)[:, None, None], empty.astype(condition.dtype), condition)
+    dropped = dropped.astype(bool)[:, None, None]
+
+    def or_empty(own, empty):
+        own = rearrange(own, "b m ... -> (b m) ...")
+        return jnp.where(dropped, empty.astype(own.dtype), own)
+
+    condition = jax.tree.map(or_empty, condition, empty)
     scheduler = generator.config.scheduler
     times = (level * scheduler.num_train_timesteps).astype(jnp.int32)
     output = generator.denoise(scheduler.add_noise(latents, noise, times), times, condition)
@@ -52,13 +57,13 @@ def diffuse(generator: nn.Module, modality: str, batch, condition: jax.Array) ->
 class OfMedia:
     """Methods of a module with the submodules `generator`, by modality, and a method `diffused`."""
 
-    def caption_conditions(self, batch) -> dict[str, jax.Array]:
+    def caption_conditions(self, batch) -> dict[str, Any]:
         """Returns the conditions that the generators' own text encoders make of `<modality>_captions` int[B, M, L]."""
         return self._of_media(batch, "captions", lambda generator, captions: generator.condition(captions))
 
     def targets(self, batch) -> dict[str, jax.Array]:
         """Returns what the generators learn to denoise, the latents [B, M, ...] of `<modality>_targets`."""
-        return self._of_media(batch, "targets", lambda generator, targets: generator.encode(targets / 255))
+        return self._of_media(batch, "targets", lambda generator, targets: generator.latents_of(targets))
 
     def _of_media(self, batch, name: str, function) -> dict[str, jax.Array]:
         """Applies a function of generators to the arrays of a name [B, M, ...], by modality."""
@@ -66,7 +71,8 @@ class OfMedia:
         for modality, generator in self.generator.items():
             if (given := batch.get(f"{modality}_{name}")) is not None:
                 made = function(generator, rearrange(given, "b m ... -> (b m) ..."))
-                found[modality] = rearrange(made, "(b m) ... -> b m ...", m=given.shape[1])
+                apart = partial(rearrange, pattern="(b m) ... -> b m ...", m=given.shape[1])
+                found[modality] = jax.tree.map(apart, made)
         return found
 
     def produced(self, batch) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ from mllm_jax.models.branch import filled
 from mllm_jax.models.protocol import produced
 
 KINDS = ("output_projector", "generator")  # kinds of parts of an output branch
-SUPPORTED = ("image",)  # modalities of output branches
 TARGETS = "targets"  # the slots of a row for media of a modality that the model produces are <modality>_targets
 
 
@@ -27,10 +26,12 @@ class Output:
 
     Attributes:
         projector: the output projector, from the LLM's hidden states to the condition of the generator.
-        generator: a generator with its own text encoder, such as a `TextToImageConfig`. The text encoder's output for a
+        generator: a generator with its own text encoder: a `TextToImageConfig`, `TextToVideoConfig`,
+            `TextToSoundConfig`, or `AudioLDM2OutputConfig`. The text encoder's output for a
             caption is what the condition is aligned to, and for an empty caption the condition without one.
         queries: whether the tokens are queries.
-        tokenizer: folder of the text encoder's tokenizer; None: the model's own.
+        tokenizer: folder of the text encoder's tokenizer; None: the model's own. A generator with several text encoders
+            has one in each subfolder: that of an AudioLDM-2 is the folder of the whole.
     """
 
     projector: Any
@@ -41,7 +42,7 @@ class Output:
     def joined(self, hidden_size: int, vocab_size: int) -> Output:
         """Returns the branch with open widths filled in from the LLM, and the open vocabulary of its text encoder."""
         generator = self.generator
-        if self.tokenizer is None:
+        if self.tokenizer is None and len(getattr(generator, "tokenizers", ())) == 1:
             generator = replace(generator, text_encoder=filled(generator.text_encoder, vocab_size=vocab_size))
         return replace(self, projector=filled(self.projector, input_size=hidden_size), generator=generator)
 
@@ -51,11 +52,20 @@ class Output:
 
     def check(self, modality: str, hidden_size: int) -> None:
         """Raises ConfigError if the parts do not fit each other, the modality, or the LLM's width."""
-        if modality not in SUPPORTED or self.generator.modality != modality:
+        found = getattr(self.generator, "modality", None)
+        if found != modality or not hasattr(self.generator, "condition_tokens"):
             raise ConfigError(
-                f"outputs[{modality!r}] with a generator of {self.generator.modality}",
-                f"a generator of its modality, one of {', '.join(SUPPORTED)}",
-                "take a TextToImageConfig; other generators can be used by themselves",
+                f"outputs[{modality!r}] with a {type(self.generator).__name__}, which makes {found or 'no media'}",
+                "a TextToImageConfig for images, a TextToVideoConfig for videos, and for sounds a TextToSoundConfig or "
+                "an AudioLDM2OutputConfig",
+                "change the generator, or the modality",
+            )
+        if self.tokenizer is None and len(self.generator.tokenizers) > 1:
+            raise ConfigError(
+                f"outputs[{modality!r}] without a tokenizer for the {len(self.generator.tokenizers)} text encoders of "
+                f"its {type(self.generator).__name__}",
+                f"Output(tokenizer=FOLDER) with {' and '.join(self.generator.tokenizers)}",
+                "name the generator's folder",
             )
         if self.projector.input_size != hidden_size:
             raise ConfigError(
@@ -64,7 +74,7 @@ class Output:
                 "make the two equal, or leave it out",
             )
         made = (self.projector.output_tokens, self.projector.output_size)
-        read = (self.generator.longest, self.generator.condition_size)
+        read = (self.generator.condition_tokens, self.generator.condition_size)
         if made != read:
             raise ConfigError(
                 "an output projector that makes {} vectors of width {}".format(*made),
@@ -79,7 +89,7 @@ class Output:
             slots: of a row.
         """
         target = self.generator.target_shape, self.generator.target_dtype
-        return targets_spec(modality, rows, slots, target, self.projector.tokens, self.generator.longest)
+        return targets_spec(modality, rows, slots, target, self.projector.tokens, self.generator.caption_length)
 
 
 def names_of_signals(config: Any) -> dict[str, tuple[str, ...]]:

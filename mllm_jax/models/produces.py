@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -14,7 +16,7 @@ from mllm_jax.models.diffused import Diffused, OfMedia, diffuse
 class Produces(OfMedia):
     """Methods of `Multimodal` for its output branches, whose parts are `output_projector` and `generator`."""
 
-    def head_and_conditions(self, batch) -> tuple[HeadInputs, dict[str, jax.Array]]:
+    def head_and_conditions(self, batch) -> tuple[HeadInputs, dict[str, Any]]:
         """Applies the LLM and the output projectors to a batch.
 
         Args:
@@ -22,7 +24,8 @@ class Produces(OfMedia):
                 empty slots, for each modality to produce; others have no condition.
 
         Returns:
-            The inputs of the LLM's output head; by modality the conditions [B, M, tokens, width].
+            The inputs of the LLM's output head; by modality the conditions [B, M, tokens, width], or a tuple of these
+            for a generator with several.
         """
         head = self.head_inputs(batch)
         found = {m: f"{m}_signals" for m in self.config.outputs}
@@ -40,7 +43,7 @@ class Produces(OfMedia):
         made = self.output_projector[modality](states, embeddings, mask)
         return jax.tree.map(lambda x: rearrange(x, "(b m) ... -> b m ...", **split), made)
 
-    def conditions(self, batch) -> dict[str, jax.Array]:
+    def conditions(self, batch) -> dict[str, Any]:
         """Returns the conditions of generators, see `head_and_conditions`."""
         return self.head_and_conditions(batch)[1]
 

@@ -6,6 +6,7 @@ multimodal model it is the part `generator_image`, whose patterns then read `gen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mllm_jax.data.processing.captions import Captions
 from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.generators.unet import UNetConfig
 from mllm_jax.generators.vae import AutoencoderKLConfig
@@ -42,6 +44,7 @@ class TextToImageConfig(WithCompute):
     modality = "image"  # of what it draws
     rate: ClassVar[float | None] = None  # frames a second of a video
     target_dtype = "uint8"
+    tokenizers = ("",)  # subfolders of `Output.tokenizer`
 
     def __post_init__(self):
         require = Requirements("text-to-image generator", self)
@@ -88,9 +91,23 @@ class TextToImageConfig(WithCompute):
         return self.text_encoder.max_length
 
     @property
+    def caption_length(self) -> int:
+        """The number of ids of a caption in a batch."""
+        return self.longest
+
+    @property
+    def condition_tokens(self) -> int:
+        """The number of a condition's vectors."""
+        return self.longest
+
+    @property
     def condition_size(self) -> int:
         """The width of a condition's vectors."""
         return self.text_encoder.hidden_size
+
+    def captions(self, tokenizers: Sequence[Any]) -> Captions:
+        """Returns the conversion of captions, by tokenizers in the order of `tokenizers`."""
+        return Captions.of(tokenizers[0], self.longest)
 
     @property
     def target_shape(self) -> tuple[int, int, int]:
@@ -155,10 +172,18 @@ class TextToImage(nn.Module):
         """
         if self.vae is None:
             return jnp.asarray(2 * images - 1, jnp.float32)
-        latents, log_variance = (each.astype(jnp.float32) for each in self.vae.encode(2 * images - 1))
+        return self._sampled(self.vae.encode(2 * images - 1), noise)
+
+    def _sampled(self, distribution: tuple[jax.Array, jax.Array], noise: jax.Array | None) -> jax.Array:
+        """Returns scaled latents of the autoencoder's distribution, (mean, log-variance)."""
+        latents, log_variance = (each.astype(jnp.float32) for each in distribution)
         if noise is not None:
             latents += jnp.exp(log_variance / 2) * noise
         return self.config.vae.scaled(latents)
+
+    def latents_of(self, targets) -> jax.Array:
+        """Returns the latents of `target_shape` media of the training, whose pixels are uint8."""
+        return self.encode(targets / 255)
 
     def decode(self, latents) -> jax.Array:
         """Decodes latents to images, float32[B, H, W, 3] in [0, 1]."""

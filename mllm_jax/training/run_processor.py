@@ -114,8 +114,10 @@ def _copy_caption_tokenizers(experiment: Experiment, target: Path) -> None:
     """Copies the tokenizers of generators' text encoders into the folder of the run's own."""
     model = experiment.model_of()
     for modality in produced(model):
-        if (source := model.output(modality).tokenizer) is not None:
-            ChatTokenizer.load(source).save(captions_folder(target, modality))
+        output = model.output(modality)
+        if output.tokenizer is not None:
+            for name in output.generator.tokenizers:
+                ChatTokenizer.load(Path(output.tokenizer) / name).save(captions_folder(target, modality) / name)
 
 
 def export_run(run: RunFolder, target: Path, *, dtype: Any = None, overwrite: bool = False) -> None:

@@ -46,3 +46,42 @@ class Captions:
     def fingerprint(self) -> str:
         """Returns a text that differs if ids would."""
         return repr([self.words.fingerprint(), self.length, self.longest])
+
+
+@dataclass(frozen=True)
+class JoinedCaptions:
+    """The conversion of a caption for several text encoders, whose ids follow one another, each padded to its length.
+
+    Attributes:
+        each: by encoder.
+    """
+
+    each: tuple[Captions, ...]
+
+    @property
+    def length(self) -> int:
+        """The number of ids of a caption."""
+        return sum(captions.length for captions in self.each)
+
+    @property
+    def longest(self) -> int:
+        """The number of ids of a caption that every encoder reads whole."""
+        return min(captions.longest for captions in self.each)
+
+    def read(self, text: str) -> tuple[list[int], str]:
+        """Returns the ids of a caption, padding included, and the end that an encoder does not read."""
+        found = [captions.read(text) for captions in self.each]
+        ids = [captions.pad(own).tolist() for captions, (own, _) in zip(self.each, found, strict=True)]
+        return sum(ids, []), max((left_out for _, left_out in found), key=len)
+
+    def pad(self, ids: list[int]) -> np.ndarray:
+        """Returns int32[length]."""
+        return np.asarray(ids, np.int32)
+
+    def padded(self, text: str) -> np.ndarray:
+        """Returns the ids int32[length] of a caption; what does not fit is left out."""
+        return self.pad(self.read(text)[0])
+
+    def fingerprint(self) -> str:
+        """Returns a text that differs if ids would."""
+        return repr([captions.fingerprint() for captions in self.each])

@@ -51,8 +51,8 @@ class OutputAlignment(NextToken):
         """Computes both losses.
 
         Returns:
-            (float32, metrics): `condition_distance` is the mean over media and modalities; `weight` is the number of
-            tokens that carry loss. Over pieces of a batch the distances are averaged by it too.
+            (float32, metrics): `condition_distance` is the mean over media, conditions and modalities; `weight` is the
+            number of tokens that carry loss. Over pieces of a batch the distances are averaged by it too.
         """
         head, conditions = apply(params, batch, method="head_and_conditions")
         targets = jax.lax.stop_gradient(apply(params, batch, method="caption_conditions"))
@@ -60,7 +60,17 @@ class OutputAlignment(NextToken):
         found = []
         for modality, target in targets.items():
             there = (batch[f"{modality}_signals"] >= 0).any(axis=-1)
-            mask = jnp.broadcast_to(there[..., None], target.shape[:-1])
-            found.append(condition_loss(conditions[modality], target, self.kind, mask))
-        distance = sum(found) / max(len(found), 1)
+            pairs = zip(jax.tree.leaves(conditions[modality]), jax.tree.leaves(target), strict=True)
+            found.append(mean([self._distance(*pair, there) for pair in pairs]))
+        distance = mean(found) if found else jnp.zeros(())
         return total + self.weight * distance, metrics | {"token_loss": total, "condition_distance": distance}
+
+    def _distance(self, condition: jax.Array, target: jax.Array, there: jax.Array) -> jax.Array:
+        """Returns the mean distance of conditions [B, M, L, E]; bool[B, M] has the slots with a medium."""
+        mask = jnp.broadcast_to(there[..., None], target.shape[:-1])
+        return condition_loss(condition, target, self.kind, mask)
+
+
+def mean(found: list[jax.Array]) -> jax.Array:
+    """Returns the mean of scalars."""
+    return sum(found) / len(found)
