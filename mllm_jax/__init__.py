@@ -89,6 +89,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.generation.sampling import Sampling as Sampling
     from mllm_jax.generators.audioldm2_projection import AudioLDM2ProjectionConfig as AudioLDM2ProjectionConfig
     from mllm_jax.generators.griffin_lim import GriffinLimConfig as GriffinLimConfig
+    from mllm_jax.generators.sd3 import SD3TransformerConfig as SD3TransformerConfig
     from mllm_jax.generators.unet import UNetConfig as UNetConfig
     from mllm_jax.generators.unet import UNetDialect as UNetDialect
     from mllm_jax.generators.unet_audio import AudioUNetConfig as AudioUNetConfig
@@ -232,6 +233,7 @@ _NAMES = {
     "generation.sampling": ("Sampling",),
     "generators.audioldm2_projection": ("AudioLDM2ProjectionConfig",),
     "generators.griffin_lim": ("GriffinLimConfig",),
+    "generators.sd3": ("SD3TransformerConfig",),
     "generators.unet": ("UNetConfig", "UNetDialect"),
     "generators.unet_audio": ("AudioUNetConfig",),
     "generators.unet_video": ("VideoUNetConfig",),

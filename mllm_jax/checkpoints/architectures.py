@@ -121,6 +121,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("AudioLDM2UNet2DConditionModel", "mllm_jax.generators.unet_audio", diffusers=True),
     Architecture("AudioLDM2ProjectionModel", "mllm_jax.generators.audioldm2_projection", diffusers=True),
     Architecture("UNet3DConditionModel", "mllm_jax.generators.unet_video_hub", diffusers=True),
+    Architecture("SD3Transformer2DModel", "mllm_jax.generators.sd3_hub", diffusers=True),
     # pipelines of diffusers
     Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
     Architecture("TextToVideoSDPipeline", "mllm_jax.models.text_to_video", diffusers=True),

@@ -384,38 +384,38 @@ class UNet(Denoiser):
         return self.denoise(latents, timesteps, [TextStates(text, text_mask)], class_labels, timestep_cond)
 
 
-def checked_latents(c: Any, latents, timesteps) -> tuple[jax.Array, jax.Array]:
+def checked_latents(c: Any, latents, timesteps, what: str = "UNet") -> tuple[jax.Array, jax.Array]:
     """Returns the latents, and the timesteps as [B]. Raises ConfigError: other shapes than a call takes."""
     if latents.ndim != len(c.axes) + 1 or latents.shape[-1] != c.in_channels or not all(latents.shape):
         raise ConfigError(
-            f"UNet: latents of shape {list(latents.shape)}",
+            f"{what}: latents of shape {list(latents.shape)}",
             f"[{', '.join(c.axes)}, {c.in_channels}]",
             "give latents with the channels last, as many as in_channels",
         )
     timesteps = jnp.asarray(timesteps)
     if timesteps.shape not in ((), (1,), (len(latents),)):
         raise ConfigError(
-            f"UNet: timesteps of shape {list(timesteps.shape)} for {len(latents)} rows of latents",
+            f"{what}: timesteps of shape {list(timesteps.shape)} for {len(latents)} rows of latents",
             "one number, or one for each row",
             "change the timesteps",
         )
     return latents, jnp.broadcast_to(timesteps, (len(latents),))
 
 
-def checked_texts(c: UNetConfig, texts: Sequence[TextStates], rows: int) -> tuple[TextStates, ...]:
+def checked_texts(c: Any, texts: Sequence[TextStates], rows: int, what: str = "UNet") -> tuple[TextStates, ...]:
     """Returns the texts in the computation's dtype. Raises ConfigError: other shapes than a call takes."""
     for i, (text, width) in enumerate(zip(texts, c.text_widths, strict=True)):
         name = f"text_{i}" if i else "text"
         shape = text.states.shape
         if len(shape) != 3 or shape[0] != rows or not shape[1] or width not in (None, shape[2]):
             raise ConfigError(
-                f"UNet: {name} of shape {list(shape)}",
+                f"{what}: {name} of shape {list(shape)}",
                 f"[{rows}, length, {'any' if width is None else width}]",
-                "give the states of the text encoder that the UNet was trained with",
+                f"give the states of the text encoder that the {what} was trained with",
             )
         if text.mask is not None and text.mask.shape != shape[:2]:
             raise ConfigError(
-                f"UNet: {name}_mask of shape {list(text.mask.shape)}",
+                f"{what}: {name}_mask of shape {list(text.mask.shape)}",
                 f"{list(shape[:2])}, as {name}",
                 "give a mask with a number for each position",
             )

@@ -219,13 +219,13 @@ def table(config: UNetConfig) -> Table:
     """Returns the table of the weights under diffusers' names."""
     c, d = config, config.dialect
     weights = conv2d("conv_in", "conv_in") + norm("conv_norm_out", "norm_out") + conv2d("conv_out", "conv_out")
-    weights += _two_linear("time_embedding", "time_embedding")
+    weights += two_linear("time_embedding", "time_embedding")
     if c.condition_size is not None:
         weights += linear("time_embedding.cond_proj", "time_embedding/condition", bias=False)
     if d.class_embedding == "index":
         weights.append(Weight("class_embedding.weight", "class_embedding/embedding"))
     elif d.class_embedding in ("timestep", "projection"):
-        weights += _two_linear("class_embedding", "class_embedding")
+        weights += two_linear("class_embedding", "class_embedding")
     elif d.class_embedding == "simple_projection":
         weights += linear("class_embedding", "class_embedding")
     for block, name, path in named_blocks(c):
@@ -246,7 +246,7 @@ def attending_layers(block: UNetBlock, path: str) -> int:
     return len(block.inputs) - (path == "mid") if block.depths else 0
 
 
-def _two_linear(name: str, path: str) -> list[Weight]:
+def two_linear(name: str, path: str) -> list[Weight]:
     return linear(f"{name}.linear_1", f"{path}/linear_1") + linear(f"{name}.linear_2", f"{path}/linear_2")
 
 

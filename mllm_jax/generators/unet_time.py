@@ -17,7 +17,9 @@ def embed_time(time: jax.Array, width: int, flip_sin_to_cos: bool, freq_shift: f
     """Embeds float32[B] as sines and cosines, float32[B, width], of periods up to 2 pi LONGEST_PERIOD."""
     half = width // 2
     exponent = np.float32(-np.log(LONGEST_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
-    angles = time.astype(jnp.float32)[:, None] * np.exp(exponent)
+    # NumPy's exponential of float32 is often off in the last bit, which is 6e-5 of an angle of 1,000.
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angles = time.astype(jnp.float32)[:, None] * frequencies
     parts = [jnp.sin(angles), jnp.cos(angles)]
     found = jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
     return jnp.pad(found, ((0, 0), (0, width % 2)))

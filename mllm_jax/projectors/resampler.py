@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from mllm_jax.errors import DataError
@@ -22,6 +21,7 @@ from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.requirements import Requirements
+from mllm_jax.layers.sincos import sincos_positions
 from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
@@ -144,14 +144,6 @@ class ResamplerConfig(WithCompute):
         return Resampler(self)
 
 
-def sincos_positions(side: int, width: int) -> np.ndarray:
-    """Returns float32[side^2, width]: sines and cosines, of the column in the first half, of the row in the second."""
-    frequencies = (1.0 / 10_000 ** (np.arange(width // 4) / np.float32(width / 4))).astype(np.float32)
-    rows, columns = np.divmod(np.arange(side**2, dtype=np.float32), side)
-    parts = [f(index[:, None] * frequencies) for index in (columns, rows) for f in (np.sin, np.cos)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
-
-
 def _norm(c: ResamplerConfig, name: str) -> nn.Module:
     return (RMSNorm if c.dialect.norm == "rms" else LayerNorm)(c.dialect.norm_eps, jnp.dtype(c.dtype), name=name)
 
@@ -229,7 +221,7 @@ class Resampler(nn.Module):
             )
 
         def fixed(*_):
-            return jnp.asarray(sincos_positions(math.isqrt(shape[0]), shape[1]))
+            return sincos_positions(math.isqrt(shape[0]), shape[1])
 
         # Constant, but stored: checkpoints hold it rounded to their precision.
         table = self.param("positions", nn.with_logical_partitioning(fixed, names), shape, jnp.float32)

@@ -268,4 +268,9 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
         norm_num_groups=2, norm_eps=1e-5, cross_attention_dim=6, attention_head_dim=2, num_attention_heads=None,
         time_cond_proj_dim=None,
     ),
+    "SD3Transformer2DModel": dict(
+        _class_name="SD3Transformer2DModel", _diffusers_version="0.42.1", sample_size=8, patch_size=2, in_channels=4,
+        num_layers=2, attention_head_dim=4, num_attention_heads=2, joint_attention_dim=6, caption_projection_dim=8,
+        pooled_projection_dim=5, out_channels=4, pos_embed_max_size=6, dual_attention_layers=[0], qk_norm="rms_norm",
+    ),
 }  # fmt: skip

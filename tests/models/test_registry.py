@@ -108,7 +108,7 @@ def test_only_what_takes_other_arguments_has_a_sample_of_its_own():
     heard |= {"Qwen2.5-Omni audio encoder"}
     made = {"Autoencoder of latent diffusion", "HiFi-GAN vocoder", "Stable Diffusion"}
     made |= {"Stable Diffusion's UNet", "AudioLDM-2's UNet", "AudioLDM-2's projection model", "AudioLDM-2"}
-    made |= {"Zeroscope", "Zeroscope's UNet"}
+    made |= {"Zeroscope", "Zeroscope's UNet", "Stable Diffusion 3's transformer"}
     assert own == {"T5, Flan-T5", "CLIP", "SigLIP", "NFNet"} | vits | heard | made
 
 

@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 
 from mllm_jax.checkpoints.hf import hub_tensors, read_weights
 from mllm_jax.layers.interpolation import bicubic_grid
+from mllm_jax.layers.sincos import sincos_positions
 from mllm_jax.models.qwen_vl_v1 import FAMILIES, read_tower, tower_table
 from mllm_jax.models.registry import abstract_params
-from mllm_jax.projectors.resampler import ResamplerLayer, sincos_positions
+from mllm_jax.projectors.resampler import ResamplerLayer
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "qwenvl_v1_visual"
 

@@ -1,4 +1,4 @@
-"""Compares a UNet with diffusers' class: output, gradients, and folders both ways, with one compilation for each."""
+"""Compares a denoiser with diffusers' class: output, gradients, folders both ways, with one compilation for each."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mllm_jax.models.registry import abstract_params, family_of_config, from_pre
 NAMES = dict(
     text="encoder_hidden_states", text_1="encoder_hidden_states_1", text_mask="encoder_attention_mask",
     text_1_mask="encoder_attention_mask_1", class_labels="class_labels", timestep_cond="timestep_cond",
+    pooled="pooled_projections",
 )  # fmt: skip
 
 
@@ -53,16 +54,30 @@ def theirs(model: torch.nn.Module, latents, timesteps, **more) -> torch.Tensor:
     """Returns the reference's output, channels last."""
     more = {NAMES[name]: torch.tensor(value) for name, value in more.items()}
     x = torch.tensor(np.moveaxis(latents, -1, 1))
-    return model(x, torch.tensor(timesteps), **more).sample.movedim(1, -1)
+    return model(x, timestep=torch.tensor(timesteps), **more).sample.movedim(1, -1)
 
 
 def check(reference, size, folder, assert_close, masked: bool):
-    """Checks output, gradients of the mean squared error, and the written folder; returns (module, parameters)."""
+    """Checks a UNet as `check_call` does."""
+
+    def make_call(config):
+        call = inputs(config, size)
+        return call | (masks(call) if masked else {})
+
+    return check_call(reference, make_call, folder, assert_close)
+
+
+def check_call(reference, make_call, folder, assert_close, without_effect=frozenset()):
+    """Checks output, gradients of the mean squared error, and the written folder; returns (module, parameters).
+
+    Args:
+        make_call: config -> the arguments of a call.
+        without_effect: names of weights that do not change the output. Buffers have no gradient either.
+    """
     reference.save_pretrained(folder / "theirs")
     module, params = from_pretrained(folder / "theirs")
     config, family = module.config, family_of_config(module.config)
-    call = inputs(config, size)
-    call |= masks(call) if masked else {}
+    call = make_call(config)
     wanted = theirs(reference, **call)
     noise = np.random.default_rng(7).normal(size=wanted.shape).astype(np.float32)
     # Gradients in float64: torch's own in float32 are off by up to 1e-3 where they nearly cancel.
@@ -78,13 +93,21 @@ def check(reference, size, folder, assert_close, masked: bool):
     wanted = wanted.detach()
     assert_close(out, wanted, 1e-4, "output")
     mine, parameters = hub_tensors(family.table(config), gradients), dict(exact.named_parameters())
-    assert mine.keys() == parameters.keys()
+    buffers = dict(exact.named_buffers())
+    assert mine.keys() == parameters.keys() | buffers.keys() and without_effect <= parameters.keys()
+    largest = max(float(parameter.grad.abs().max()) for parameter in parameters.values())
     for name, parameter in parameters.items():
-        assert_close(mine[name](), parameter.grad.numpy(), 1e-3, name)
+        if name in without_effect:
+            assert parameter.grad.abs().max() <= 1e-9 * largest and np.abs(mine[name]()).max() <= 1e-6 * largest, name
+        else:
+            assert_close(mine[name](), parameter.grad.numpy(), 1e-3, name)
+    assert not any(mine[name]().any() for name in buffers)
 
     save_pretrained(module, params, folder / "ours")
     opened, report = type(reference).from_pretrained(folder / "ours", output_loading_info=True)
     assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    written = opened.state_dict()  # weights without effect included
+    assert all(torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items())
     with torch.no_grad():
         assert_close(theirs(opened.eval(), **call), wanted, 1e-6, "the folder written here")
     before, after = (json.loads((folder / by / "config.json").read_text("utf-8")) for by in ("theirs", "ours"))
@@ -97,7 +120,7 @@ def check_full_size(reference: torch.nn.Module, from_hf_config, count: int):
     config = from_hf_config(json.loads(reference.to_json_string()))
     family = family_of_config(config)
     shapes = {path: leaf.shape for path, leaf in flatten(nn.meta.unbox(abstract_params(config, family)))[0].items()}
-    stored = {layout.name: layout.shape for layout in lay_out(family.table(config), shapes)}
-    assert stored == {name: tuple(p.shape) for name, p in reference.named_parameters()}
+    stored = {name: layout.shape for layout in lay_out(family.table(config), shapes) for name in layout.names()}
+    assert stored == {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
     assert sum(map(np.prod, shapes.values())) == count
     return config

@@ -161,7 +161,9 @@ def test_conditions_of_captions_are_those_of_the_pipeline(folders):
     assert ids.shape == (3, config.caption_length) and captions.longest == 14
     assert captions.read("a long text of many letters")[1] and not captions.read("a")[1]
     vectors, states = config.make().apply({"params": params}, ids, method="condition")
-    assert (vectors.shape[1:], states.shape[1:]) == tuple(zip(config.condition_tokens, config.condition_size, strict=True))
+    assert (vectors.shape[1:], states.shape[1:]) == tuple(
+        zip(config.condition_tokens, config.condition_size, strict=True)
+    )
     drawer = mllm_jax.generation.draw_sound.AudioLDM2Drawer(alone, params, *words)
     for row, text in enumerate(texts[:2]):
         read = drawer._encoded([text], None)[0]
