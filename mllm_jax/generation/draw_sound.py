@@ -48,7 +48,7 @@ class SoundDrawer(Drawer):
             raise ConfigError(
                 f"seconds={seconds}", f"a number from {c.frame * self.factor:g}", "give the length of the sound"
             )
-        asked = math.ceil(int(seconds / c.frame) / self.factor) * self.factor
+        asked = math.ceil(self._frames(seconds) / self.factor) * self.factor
         if frames not in (None, asked):
             raise ConfigError(
                 f"seconds={seconds} beside latents of {frames * c.frame:g} seconds",
@@ -56,6 +56,10 @@ class SoundDrawer(Drawer):
                 "drop seconds",
             )
         return None, (asked, bins)
+
+    def _frames(self, seconds: float) -> int:
+        """Returns the number of mel frames that hold a sound."""
+        return math.ceil(seconds / self.config.frame - 1e-6)
 
     def _seconds(self, how: Drawing) -> float:
         """Returns the length that is asked for, or that of the model's training."""
@@ -118,6 +122,10 @@ class AudioLDM2Drawer(SoundDrawer):
         return self.model.config
 
     # ---- inside
+
+    def _frames(self, seconds: float) -> int:
+        """Returns the number of whole mel frames in a sound, as diffusers does."""
+        return int(seconds / self.config.frame)
 
     def _encoded(self, texts: list[str], negatives: list[str] | None) -> tuple[SoundTexts, SoundTexts | None]:
         both = [texts] if negatives is None else [texts, negatives]

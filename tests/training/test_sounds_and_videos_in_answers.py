@@ -37,6 +37,7 @@ from mllm_jax.training.objectives.output_alignment import OutputAlignment
 
 FRAMES, RATE = 16, 16_000
 SMALL_UNET = tiny_diffusion.SMALL["unet"]
+SOUND_UNET = replace(GENERATOR.unet, sample_size=(16, 8), in_channels=1, out_channels=1)
 OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=0)
 
 
@@ -146,8 +147,6 @@ def test_an_answer_holds_both(run, tmp_path):
     assert np.abs(again[0].media[0].array - again[1].media[0].array).max() > 0
     # Asked for texts, it draws with the first of its generators.
     assert assistant.draw("red cat", steps=1, frames=2)[0].media[0].kind == "video"
-    with pytest.raises(ConfigError, match="height=8 for a model that draws sounds"):
-        assistant.generate("show red", produce=("audio",), drawing=dict(steps=1, height=8))
 
 
 def test_conditions_of_captions_are_those_of_the_pipeline(folders):
@@ -176,9 +175,8 @@ def test_conditions_of_captions_are_those_of_the_pipeline(folders):
 def sounding(tmp_path_factory):
     """Trains a small generator of sounds alone, and returns its run."""
     spec = MelMagnitudes(n_fft=256, hop=128, bins=8)
-    unet = replace(GENERATOR.unet, sample_size=(16, 8), in_channels=1, out_channels=1)
     generator = TextToSoundConfig(
-        GENERATOR.text_encoder, unet, None, GENERATOR.scheduler, vocoder=GriffinLimConfig(spec), spectrogram=spec
+        GENERATOR.text_encoder, SOUND_UNET, None, GENERATOR.scheduler, vocoder=GriffinLimConfig(spec), spectrogram=spec
     )
     experiment = Experiment(
         name="sounding",
@@ -209,6 +207,8 @@ def test_a_small_generator_of_sounds_is_trained_and_draws(sounding):
     sounds = [answer.media[0] for answer in made]
     assert all(each.array.shape == (16 * 128,) and each.rate == RATE for each in sounds)
     assert assistant.draw("red", steps=1, seconds=0.1)[0].media[0].array.shape == (1600,)
+    with pytest.raises(ConfigError, match="height=8 for a model that draws sounds"):
+        assistant.generate("show red", produce=("audio",), drawing=dict(steps=1, height=8))
     answer = assistant.generate("show red", produce=("audio",), drawing=dict(steps=1), max_new_tokens=1)
     assert answer.media[0].array.shape == (16 * 128,)
     # Spectrograms and latents: the one is the other, within what is kept.
@@ -237,4 +237,4 @@ def test_generators_that_do_not_fit_are_refused(folders):
         replace(model, outputs={"audio": replace(audio, generator=replace(audio.generator, text_vectors=7))})
     spec = MelMagnitudes(bins=8)
     with pytest.raises(ConfigError, match="a vocoder of 64 bins"):
-        TextToSoundConfig(GENERATOR.text_encoder, GENERATOR.unet, None, GENERATOR.scheduler, spectrogram=spec)
+        TextToSoundConfig(GENERATOR.text_encoder, SOUND_UNET, None, GENERATOR.scheduler, spectrogram=spec)
