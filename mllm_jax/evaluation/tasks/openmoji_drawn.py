@@ -53,6 +53,7 @@ def openmoji_drawn(
     classifier: str = CLASSIFIER,
     image_size: int = 32,
     limit: int = 300,
+    scenes: int = 100,
     steps: int = 25,
     guidance_scale: float = 3.0,
     seed: int = 0,
@@ -65,16 +66,17 @@ def openmoji_drawn(
     "requests/reading" and "requests/text" whether its answers about images and about words are right.
 
     Args:
-        limit: of the images of a kind, and of the requests.
+        limit: of the images of single emoji, and of the requests.
+        scenes: images of each other kind.
         steps, guidance_scale: of the generator; for the requests it takes a single step, as nobody looks at the images.
     """
     settings = dict(config=config, image_size=image_size, data_dir=data_dir)
-    how = dict(classifier=classifier, limit=limit, steps=steps, guidance_scale=guidance_scale, seed=seed)
+    how = dict(classifier=classifier, steps=steps, guidance_scale=guidance_scale, seed=seed)
     requests = OpenMojiRequests(**settings, split="composition", wordings="held_out", seed=seed, size=limit)
     quick = {"drawing": {"steps": 1, "guidance_scale": 1.0}}
     reading, text = (replace(requests, draw_share=0.0, read_share=share) for share in (1.0, 0.0))
     return (
-        *(OpenMojiDrawn(kind, **settings, **how) for kind in KINDS),
+        *(OpenMojiDrawn(kind, limit=limit if kind == "single" else scenes, **settings, **how) for kind in KINDS),
         Task("requests/drawing", requests, asked, ASKED, max_new_tokens=64, options=quick),
         Task("requests/reading", reading, asked, METRICS, options=quick),
         Task("requests/text", text, asked, {name: METRICS[name] for name in ("accuracy", "n")}, options=quick),
