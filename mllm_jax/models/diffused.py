@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
@@ -54,12 +55,42 @@ def diffuse(generator: nn.Module, modality: str, batch, condition: Any) -> Diffu
     return Diffused(apart(output), apart(target), apart(snr), scheduler.prediction_type)
 
 
+def parted(flat: jax.Array, tokens: int | tuple[int, ...], sizes: int | tuple[int, ...]) -> Any:
+    """Returns a condition [B, M, tokens, size], or a tuple of several, from its numbers [B, M, P]."""
+    one = isinstance(tokens, int)
+    pairs = [(tokens, sizes)] if one else list(zip(tokens, sizes, strict=True))
+    edges = np.cumsum([count * size for count, size in pairs])[:-1].tolist()
+    parts = [
+        rearrange(part, "b m (l e) -> b m l e", l=count)
+        for part, (count, _) in zip(jnp.split(flat, edges, axis=-1), pairs, strict=True)
+    ]
+    return parts[0] if one else tuple(parts)
+
+
 class OfMedia:
     """Methods of a module with the submodules `generator`, by modality, and a method `diffused`."""
 
     def caption_conditions(self, batch) -> dict[str, Any]:
-        """Returns the conditions that the generators' own text encoders make of `<modality>_captions` int[B, M, L]."""
-        return self._of_media(batch, "captions", lambda generator, captions: generator.condition(captions))
+        """Returns the conditions that the generators' own text encoders make of `<modality>_captions` int[B, M, L].
+
+        `<modality>_conditions` [B, M, P], the result of `flat_conditions`, take the place of captions.
+        """
+        found = self._of_media(batch, "captions", lambda generator, captions: generator.condition(captions))
+        for modality, generator in self.generator.items():
+            if (flat := batch.get(f"{modality}_conditions")) is not None:
+                found[modality] = parted(flat, generator.config.condition_tokens, generator.config.condition_size)
+        return found
+
+    def flat_conditions(self, batch, slots: str) -> jax.Array:
+        """Returns the conditions of the captions of one modality as [B * M, P], with all numbers of each in one row.
+
+        Args:
+            slots: their name in a row, such as image_targets.
+        """
+        modality = slots.removesuffix("_targets")
+        captions = rearrange(batch[f"{modality}_captions"], "b m l -> (b m) l")
+        made = jax.tree.leaves(self.generator[modality].condition(captions))
+        return jnp.concatenate([rearrange(each, "n l e -> n (l e)") for each in made], axis=1)
 
     def targets(self, batch) -> dict[str, jax.Array]:
         """Returns what the generators learn to denoise, the latents [B, M, ...] of `<modality>_targets`."""

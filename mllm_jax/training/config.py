@@ -82,8 +82,8 @@ class Stage:
         ema: decay of a moving average of the trained parameters, such as 0.999. Validation, evaluation, later stages
             and the finished run use the average. None: the parameters themselves.
         frozen_dtype: dtype of frozen parameters during the stage; None: as they are.
-        cache_features: frozen encoders read each image, frame and sound once; their features are kept in the run
-            folder.
+        cache_features: frozen encoders read each image, frame and sound once, and generators' text encoders each
+            caption; their features are kept in the run folder.
         signal_tokens: whether the rows of signal and query tokens in the LLM's embedding, and in a head that is not its
             transpose, train too, while all other rows of these tables stay frozen; for a model with `outputs`. The
             optimizer's state is that of these rows.

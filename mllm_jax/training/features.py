@@ -1,4 +1,7 @@
-"""Encoder features kept on disk: a frozen encoder reads each image, frame or sound once, in any number of steps."""
+"""Encoder features kept on disk: a frozen encoder reads each image, frame or sound once, in any number of steps.
+
+Likewise a generator's frozen text encoder reads each caption once. Its conditions are kept flat.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from jax.sharding import Mesh
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.branch import MEDIA, array_name
+from mllm_jax.models.output import TARGETS
 from mllm_jax.sharding.logical import PartRules, use_mesh
 from mllm_jax.training.config import Experiment, Stage
 
@@ -33,7 +37,7 @@ def stage_spec(experiment: Experiment, stage: Stage) -> BatchSpec:
     model = config.make()
 
     def encode(media, modality):
-        return model.init_with_output(jax.random.key(0), media, modality, method="encode_features")[0]
+        return model.init_with_output(jax.random.key(0), media, modality, method=_method(modality))[0]
 
     for modality in stage.modalities:
         if media := _media(spec, modality, 1):
@@ -48,12 +52,31 @@ def with_features(spec: BatchSpec, shape: tuple[int, ...], dtype: str, modality:
         return spec
     media = spec[names[0]]
     features = replace(media, shape=(*media.shape[:2], *shape), dtype=dtype)
-    return spec.without(*names) | {array_name(modality, "features"): features}
+    return spec.without(*names) | {_result(modality): features}
+
+
+def _produced(modality: str) -> str | None:
+    """Returns what the model produces in slots of this name, such as "image" in image_targets; None: it reads them."""
+    name = modality.removesuffix(f"_{TARGETS}")
+    return None if name == modality else name
+
+
+def _method(modality: str) -> str:
+    """Returns the model's method that computes features or conditions."""
+    return "encode_features" if _produced(modality) is None else "flat_conditions"
+
+
+def _result(modality: str) -> str:
+    """Returns the name of features or conditions in a batch."""
+    made = _produced(modality)
+    return array_name(modality, "features") if made is None else f"{made}_conditions"
 
 
 def _names(batch: Iterable[str], modality: str) -> list[str]:
     """Returns the names in a batch, or in its spec, of the arrays that a branch's encoder reads, if there are any."""
     held = set(batch)
+    if (made := _produced(modality)) is not None:
+        return [name for name in (f"{made}_captions",) if name in held]
     return [key for name in MEDIA if (key := array_name(modality, name)) in held]
 
 
@@ -75,7 +98,7 @@ class FeatureCache:
         folder: holds both files; it is made.
         encode: maps the arrays of n media to [n, P, E], for any n: uint8[n, H, W, 3], or sounds and their masks.
         shape, dtype: of one medium's features, (P, E).
-        modality: the branch.
+        modality: the branch, or the slots of media that the model produces, whose captions are the media here.
 
     Raises:
         CheckpointError: a folder that cannot be written.
@@ -132,7 +155,7 @@ class FeatureCache:
         @jax.jit
         def encode(params, batch):
             with use_mesh(mesh, parts=parts):
-                return model.apply({"params": params}, batch, modality, method="encode_features")
+                return model.apply({"params": params}, batch, modality, method=_method(modality))
 
         example = _media(spec, modality, CHUNK)
 
@@ -171,7 +194,7 @@ class FeatureCache:
             self._add(new, np.asarray(self.encode(*(array[list(new.values())] for array in media))))
         features = np.stack([self._read(self._indices[key]) for key in keys])
         others = {name: array for name, array in batch.items() if name not in names}
-        return others | {array_name(self.modality, "features"): features.reshape(rows, slots, *self.shape)}
+        return others | {_result(self.modality): features.reshape(rows, slots, *self.shape)}
 
     def close(self) -> None:
         self._keys.close()

@@ -19,6 +19,7 @@ import tiny_diffusion
 
 import mllm_jax
 from mllm_jax import AdamW, Experiment, Mixture, Pretrained, Stage, TokenizerConfig, Weighted
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.message import Audio, Example, Message, Text, Video
 from mllm_jax.data.processing.mel_magnitudes import MelMagnitudes
 from mllm_jax.errors import ConfigError
@@ -29,6 +30,7 @@ from mllm_jax.models.generator_only import GeneratorOnlyConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.output import Output
 from mllm_jax.models.registry import pretrained_config
+from mllm_jax.models.run_weights import load_run
 from mllm_jax.models.text_to_sound import TextToSoundConfig
 from mllm_jax.output_projectors.several import SeveralConditionsConfig, fill_positions
 from mllm_jax.training.loop import train
@@ -113,7 +115,7 @@ def run(folders, tmp_path_factory):
         tokenizer=TokenizerConfig(vocab_size=320),
         pretrained=tuple(Pretrained(f"generator_{kind}", str(folders / kind)) for kind in ("video", "audio")),
         stages=(
-            Stage("align", OutputAlignment(), trained, data, 4, OPTIMIZER),
+            Stage("align", OutputAlignment(), trained, data, 4, OPTIMIZER, cache_features=True),
             Stage("denoise", Diffusion(), trained, data, 2, OPTIMIZER),
         ),
         log_every=1,
@@ -128,6 +130,26 @@ def test_both_are_aligned_and_trained_through_their_generators(run):
     align = [line["condition_distance"] for line in lines if line.get("stage") == "align" and "loss" in line]
     denoise = [line["diffusion_loss"] for line in lines if line.get("stage") == "denoise" and "loss" in line]
     assert len(align) == 4 and align[-1] < align[0] and len(denoise) == 2 and np.isfinite(denoise).all()
+
+
+def test_kept_conditions_are_those_of_captions(run, folders):
+    _, model, params, _, _ = load_run(RunFolder(run))
+    assert len(list((run / "features").glob("*/features.bin"))) == 2
+    rng = np.random.default_rng(0)
+    batch = {
+        f"{name}_captions": rng.integers(3, 20, (2, 3, model.config.output(name).generator.caption_length))
+        for name in model.config.outputs
+    }
+
+    def call(method, *inputs):
+        return model.apply({"params": params}, *inputs, method=method)
+
+    wanted = call("caption_conditions", batch)
+    flat = {name: call("flat_conditions", batch, f"{name}_targets") for name in wanted}
+    kept = {f"{name}_conditions": each.reshape(2, 3, -1) for name, each in flat.items()}
+    found = call("caption_conditions", kept)
+    assert [x.shape for x in found["audio"]] == [(2, 3, 8, 8), (2, 3, 6, 10)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, wanted)
 
 
 def test_an_answer_holds_both(run, tmp_path):

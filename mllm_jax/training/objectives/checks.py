@@ -36,13 +36,16 @@ def check_features(stage: Stage, model: Any, *, read: bool) -> None:
     if not read or not all(_fixed(stage, model, modality) for modality in stage.modalities):
         raise ConfigError(
             f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
-            "next-token or prompt-guided training of a model with frozen encoders of whole images or of sounds",
+            "next-token, prompt-guided or output-alignment training of a model with frozen encoders of whole images or "
+            "of sounds",
             "freeze the encoders, or drop cache_features",
         )
 
 
 def _fixed(stage: Stage, model: Any, modality: str) -> bool:
-    """Returns whether each medium of a modality has the same features in every step."""
+    """Returns whether each medium of a modality, or each caption of one to produce, has fixed features."""
+    if modality in [slots_of(produced) for produced in getattr(model, "outputs", ())]:
+        return True  # the generator is frozen
     branch = model.branch(modality)
     return not (branch.packed or branch.fires) and not trains(stage.trainable, model.part_name("encoder", modality))
 

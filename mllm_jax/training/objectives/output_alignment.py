@@ -45,7 +45,7 @@ class OutputAlignment(NextToken):
         """Raises ConfigError: a model that produces no media, a trained generator, or a stage without slots."""
         require_model(stage, model, MultimodalConfig)
         require_targets(stage, model, frozen=True)
-        check_features(stage, model, read=False)
+        check_features(stage, model, read=True)
 
     def loss(self, apply, params, batch, key):
         """Computes both losses.
