@@ -18,7 +18,6 @@ from mllm_jax.generation.decode_step import Batch, WhisperSteps, last_token, on_
 from mllm_jax.generation.program import bucket
 from mllm_jax.generation.sampling import row_keys
 from mllm_jax.generation.timestamp_rules import Rules, Written
-from mllm_jax.layers.head_attention import head_by_head
 from mllm_jax.llms.whisper_decoder import WhisperCache
 from mllm_jax.models.whisper import Whisper
 
@@ -175,7 +174,7 @@ class SpeechProgram:
         return other
 
     def _hear(self, params, features) -> Heard:
-        with on_mesh(self.mesh), head_by_head(self.steps.by_layer):
+        with on_mesh(self.mesh):
             return self.steps.hear(params, features)
 
     def _probabilities(self, params, batch, *, wanted: tuple[int, ...]) -> jax.Array:

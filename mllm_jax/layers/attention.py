@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import linen as nn
 
 from mllm_jax.layers.context_attention import blockwise_attention, context_attention, row_split, visible
 from mllm_jax.layers.cudnn import cudnn_attention, cudnn_supports
-from mllm_jax.layers.head_attention import head_attention, is_head_by_head
+from mllm_jax.layers.head_attention import head_attention
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.rotary import apply_rotary
@@ -63,8 +64,9 @@ def attention(
 
     The implementation depends on the mesh that the program is compiled for (see `use_mesh`). If the mesh splits rows
     over `context`, keys and values are passed around a ring of devices: see `context_attention`. Otherwise the platform
-    decides: splash on TPU and cuDNN on GPU, if they support the arguments; else blocks with a running softmax for long
-    rows (LONG; CPU_LONG on a CPU with a causal mask); else, and without a mesh, plain XLA.
+    decides: splash on TPU and cuDNN on GPU, if they support the arguments; on a CPU head by head without a mask; else
+    blocks with a running softmax for long rows (LONG; CPU_LONG on a CPU with a causal mask); else plain XLA. Without a
+    mesh, the first two are left out.
 
     Args:
         q: [B, S, N, H].  k, v: [B, T, K, H] with K dividing N (grouped-query attention, arXiv 2305.13245).
@@ -96,13 +98,17 @@ def attention(
             return splash_attention(q, k, v, mesh=active[0], rules=active[1], **common)
         if worth_it and platform in GPUS and cudnn_supports(q, mask, window):
             return cudnn_attention(q, k, v, **common)
-        masks = (q_segments, k_segments, q_index)
-        if is_head_by_head() and worth_it and mask == "full" and q.shape[2] == k.shape[2] and masks == (None,) * 3:
-            return head_attention(q, k, v, scale)
         cached = platform == "cpu" and mask == "causal"
+        otherwise = partial(xla_attention, q_index=q_index, **common)
         if q.shape[1] * k.shape[1] >= (CPU_LONG if cached else LONG) ** 2:
-            block = CPU_BLOCK if cached else BLOCK
-            return blockwise_attention(q, k, v, q_index=q_index, block=block, **common)
+            otherwise = partial(blockwise_attention, q_index=q_index, block=CPU_BLOCK if cached else BLOCK, **common)
+        unmasked = mask == "full" and q_segments is None and k_segments is None and q_index is None
+        if unmasked and q.shape[2] == k.shape[2] and q.shape[1] >= SHORT:
+            on_cpu = partial(head_attention, scale=scale)
+            if active is None:
+                return jax.lax.platform_dependent(q, k, v, cpu=on_cpu, default=otherwise)
+            otherwise = on_cpu if platform == "cpu" else otherwise
+        return otherwise(q, k, v)
     return xla_attention(q, k, v, q_index=q_index, bias=bias, **common)
 
 
