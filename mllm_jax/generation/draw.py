@@ -162,7 +162,7 @@ class Drawer:
         self._require(how)
         negatives, seeds = _negatives(how.negative, len(texts)), _seeds(how.seed, len(texts), 1)
         without = self._encoded(negatives, None)[0] if how.guided else None
-        read = dict(tokens=None, negatives=without, conditions=conditions)
+        read = dict(tokens=None, negatives=without, conditions=jax.tree.map(np.asarray, conditions))
         return self._draw(read, texts, negatives, seeds, how, on_step)
 
     def _draw(
