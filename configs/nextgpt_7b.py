@@ -16,13 +16,13 @@ You provide the data, `Mixture((Weighted(source),), ...)`, and the weights, unde
 """
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.beats import BEATsConfig
 from mllm_jax.encoders.clap_text import ClapTextConfig
-from mllm_jax.encoders.text_encoder import TextTowerConfig, TextTowerDialect
 from mllm_jax.generators.audioldm2_projection import AudioLDM2ProjectionConfig
 from mllm_jax.generators.schedulers.ddim import DDIM
 from mllm_jax.generators.unet_audio import AudioUNetConfig
@@ -31,7 +31,6 @@ from mllm_jax.generators.vae import AutoencoderKLConfig
 from mllm_jax.generators.vocoder import VocoderConfig
 from mllm_jax.layers.compute import Compute
 from mllm_jax.llms import gpt2, t5_encoder
-from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.audioldm2_output import AudioLDM2OutputConfig
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -62,18 +61,13 @@ def _beside(name: str) -> dict[str, Any]:
 
 def zeroscope() -> TextToVideoConfig:
     """Returns Zeroscope: text encoder 340,387,840 parameters, UNet 1,411,233,860, autoencoder 83,653,863."""
-    text_encoder = TextTowerConfig(
-        vocab_size=49_408,
-        max_length=77,
+    text_encoder = replace(
+        _beside("metaquery_sd15")["stable_diffusion"]().text_encoder,
         hidden_size=1024,
         num_layers=23,
         num_heads=16,
         mlp_size=4096,
         activation="gelu",
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-        dialect=TextTowerDialect(norm_eps=1e-5, mask="causal", pooling="largest", family="CLIPTextModel"),
     )
     scheduler = DDIM(beta_start=0.00085, beta_end=0.012, **LINEAR)
     return TextToVideoConfig(text_encoder, VideoUNetConfig(), AutoencoderKLConfig(), scheduler)
@@ -109,20 +103,8 @@ def outputs() -> dict[str, Output]:
 
 def model() -> MultimodalConfig:
     """Returns the model: 11,254,009,400 parameters."""
-    llm = DecoderConfig(
-        vocab_size=32_064,  # the 36 signal tokens and the placeholder take rows after Vicuna's 32,000
-        hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        mlp_size=11_008,
-        tie_word_embeddings=False,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=(2,),
-        pad_token_id=0,
-        dialect=DecoderDialect(norm_eps=1e-5, family="LlamaForCausalLM"),
-    )
+    vicuna = _beside("xllm_speech")["model"]().llm
+    llm = replace(vicuna, vocab_size=32_064)  # the 36 signal tokens and the placeholder have rows after its 32,000
     inputs = {
         "image": Branch(_beside("llava15_7b")["clip_large"](), MLPProjectorConfig(), Connection(layers=(-2,))),
         "video": Branch("image", "image", Connection(layers=(-2,))),
