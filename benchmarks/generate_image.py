@@ -9,7 +9,7 @@ side the library's compiled loop, on the other that of a diffusers pipeline. Nei
 Outputs of both must agree to 1e-4 before anything is measured. Runs alternate; medians are printed. Compiling and
 reading are not in the seconds. The memory is the largest resident size of a process that imports one side only, reads
 the weights, and makes a step and an image: see image_sides.py. torch.compile needs a C++ compiler; the table reports
-its failure. `--width 1` needs 12 GB; take `--repeats 1`.
+its failure. `--width 1` reads 3.4 GB of weights on each side; take `--repeats 1`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ that are there already; of another LLM raise `vocab_size`, and new rows begin ne
 Published: 77 queries, the connector, AdamW with 1e-4 after 5,000 steps of warm-up, a cosine to 1e-5, gradients clipped
 at 1.0, captions dropped for guidance. Ours, without a published source: one loss more, that of the tokens which the LLM
 writes, so that it learns to begin an image itself; 1,024 rows of up to two images; 8 epochs; a tenth of the captions
-dropped; no weight decay. No full run has been made.
+dropped; no weight decay; the wording of the request. No full run has been made.
 
 You provide, under the names at the top of this file (relative paths of data begin in MLLM_DATA_DIR, if it is set):
 

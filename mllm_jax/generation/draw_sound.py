@@ -99,12 +99,12 @@ class AudioLDM2Drawer(SoundDrawer):
         mesh: Mesh | None = None,
     ):
         c = model.config
-        super().__init__(model, params, Captions.of(tokenizer, c.longest), mesh=mesh)
         # CLAP's and Flan-T5's texts, each with the size of the encoder's vocabulary.
         self._read = (
             (Captions.of(tokenizer, c.text_encoder.max_length), c.text_encoder.vocab_size),
             (Captions.of(tokenizer_2, c.longest), c.text_encoder_2.vocab_size),
         )
+        super().__init__(model, params, self._read[0][0], mesh=mesh)
         if tokenizer_2.pad_token_id is None:
             raise DataError(
                 "a second tokenizer without a padding token", "Flan-T5's tokenizer", "restore the folder's tokenizer_2"

@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.data.processing.audio import hann_window
 from mllm_jax.data.processing.mel_magnitudes import MelMagnitudes
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.requirements import Requirements
@@ -98,7 +99,7 @@ class Frames:
 
     @cached_property
     def window(self) -> np.ndarray:
-        return np.float32(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.size) / self.size))
+        return np.float32(hann_window(self.size))
 
     def spectrum(self, samples) -> jax.Array:
         """Maps float32[B, T * hop] to complex64[B, T, size // 2 + 1]."""

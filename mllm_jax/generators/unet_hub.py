@@ -247,6 +247,7 @@ def attending_layers(block: UNetBlock, path: str) -> int:
 
 
 def two_linear(name: str, path: str) -> list[Weight]:
+    """Returns the weights of a `TimeEmbedding` without a further vector."""
     return linear(f"{name}.linear_1", f"{path}/linear_1") + linear(f"{name}.linear_2", f"{path}/linear_2")
 
 

@@ -81,13 +81,8 @@ class OfMedia:
                 found[modality] = parted(flat, generator.config.condition_tokens, generator.config.condition_size)
         return found
 
-    def flat_conditions(self, batch, slots: str) -> jax.Array:
-        """Returns the conditions of the captions of one modality as [B * M, P], with all numbers of each in one row.
-
-        Args:
-            slots: their name in a row, such as image_targets.
-        """
-        modality = slots.removesuffix("_targets")
+    def flat_conditions(self, batch, modality: str) -> jax.Array:
+        """Returns the conditions of the captions of one modality as [B * M, P], with all numbers of each in one row."""
         captions = rearrange(batch[f"{modality}_captions"], "b m l -> (b m) l")
         made = jax.tree.leaves(self.generator[modality].condition(captions))
         return jnp.concatenate([rearrange(each, "n l e -> n (l e)") for each in made], axis=1)

@@ -10,7 +10,7 @@ from mllm_jax.data.batch import BatchSpec, targets_spec
 from mllm_jax.data.processing.signals import signal_names
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.branch import filled
-from mllm_jax.models.protocol import produced
+from mllm_jax.models.protocol import GeneratorConfig, produced
 
 KINDS = ("output_projector", "generator")  # kinds of parts of an output branch
 TARGETS = "targets"  # the slots of a row for media of a modality that the model produces are <modality>_targets
@@ -42,7 +42,7 @@ class Output:
     def joined(self, hidden_size: int, vocab_size: int) -> Output:
         """Returns the branch with open widths filled in from the LLM, and the open vocabulary of its text encoder."""
         generator = self.generator
-        if self.tokenizer is None and len(getattr(generator, "tokenizers", ())) == 1:
+        if self.tokenizer is None and isinstance(generator, GeneratorConfig) and len(generator.tokenizers) == 1:
             generator = replace(generator, text_encoder=filled(generator.text_encoder, vocab_size=vocab_size))
         return replace(self, projector=filled(self.projector, input_size=hidden_size), generator=generator)
 
@@ -52,10 +52,9 @@ class Output:
 
     def check(self, modality: str, hidden_size: int) -> None:
         """Raises ConfigError if the parts do not fit each other, the modality, or the LLM's width."""
-        found = getattr(self.generator, "modality", None)
-        if found != modality or not hasattr(self.generator, "condition_tokens"):
+        if not isinstance(self.generator, GeneratorConfig) or self.generator.modality != modality:
             raise ConfigError(
-                f"outputs[{modality!r}] with a {type(self.generator).__name__}, which makes {found or 'no media'}",
+                f"outputs[{modality!r}] with a {type(self.generator).__name__}",
                 "a TextToImageConfig for images, a TextToVideoConfig for videos, and for sounds a TextToSoundConfig or "
                 "an AudioLDM2OutputConfig",
                 "change the generator, or the modality",
@@ -106,3 +105,8 @@ def captions_folder(folder: Path, modality: str) -> Path:
 def slots_of(modality: str) -> str:
     """Returns the name of the slots of media that the model produces, such as image_targets."""
     return f"{modality}_{TARGETS}"
+
+
+def produced_in(slots: str) -> str | None:
+    """Returns what the model produces in slots of this name, such as "image"; None: it reads what they hold."""
+    return slots.removesuffix(f"_{TARGETS}") if slots.endswith(f"_{TARGETS}") else None

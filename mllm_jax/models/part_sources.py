@@ -18,6 +18,7 @@ from mllm_jax.checkpoints.leaves import flatten
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.errors import CheckpointError, ConfigError
+from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.params import shardings_of
 from mllm_jax.models.part_names import part_differences, with_inner_parts
 from mllm_jax.models.pipelines import is_pipeline
@@ -107,9 +108,9 @@ def reshaped_paths(source: Any, experiment: Any) -> set[str]:
 def vocabulary_axes(config: Any) -> dict[str, int]:
     """Returns {path: axis} of the parameters that have a row for each token of the vocabulary of a model or an LLM."""
     larger = (
-        replace(config, llm=replace(config.llm, vocab_size=config.llm.vocab_size + 1))
-        if hasattr(config, "llm")
-        else replace(config, vocab_size=config.vocab_size + 1)
+        replace(config, vocab_size=config.vocab_size + 1)
+        if isinstance(config, LLMConfig)
+        else replace(config, llm=replace(config.llm, vocab_size=config.llm.vocab_size + 1))
     )
     shapes, more = (
         {path: x.shape for path, x in flatten(nn.meta.unbox(abstract_params(c, family_of_config(c))))[0].items()}
@@ -172,10 +173,8 @@ def stored_part(source: Any) -> Any:
 
 def grows(source: Any, stored: Any, config: Any) -> bool:
     """Returns whether a language model is read into one with more tokens, as of signal tokens."""
-    if source.part != "llm" or type(stored) is not type(config):
-        return False
-    sizes = [getattr(each, "vocab_size", None) for each in (stored, config)]
-    return None not in sizes and sizes[0] < sizes[1]
+    alike = source.part == "llm" and type(stored) is type(config) and None not in (stored.vocab_size, config.vocab_size)
+    return alike and stored.vocab_size < config.vocab_size
 
 
 def _folder(source: Any) -> str | Component:

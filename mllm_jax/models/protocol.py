@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -109,6 +109,45 @@ class ProducesMedia(Protocol):
 
     def output(self, modality: str) -> Any:
         """Returns an output branch, with open widths filled in. Raises ConfigError: there is none."""
+        ...
+
+
+@runtime_checkable
+class GeneratorConfig(Protocol):
+    """The config of a generator in an output branch, such as a `TextToImageConfig`.
+
+    Attributes:
+        modality: "image", "video" or "audio".
+        target_dtype: of the media of the training.
+        tokenizers: the subfolders of `Output.tokenizer` with a tokenizer of each text encoder; "" is the folder itself.
+    """
+
+    modality: str
+    target_dtype: str
+    tokenizers: tuple[str, ...]
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """The shape of the media of the training."""
+        ...
+
+    @property
+    def caption_length(self) -> int:
+        """The number of ids of a caption in a batch."""
+        ...
+
+    @property
+    def condition_tokens(self) -> int | tuple[int, ...]:
+        """The number of a condition's vectors, or of each of several."""
+        ...
+
+    @property
+    def condition_size(self) -> int | tuple[int, ...]:
+        """The width of a condition's vectors, or of those of each of several."""
+        ...
+
+    def captions(self, tokenizers: Sequence[Any]) -> Any:
+        """Returns the conversion of captions to ids, by tokenizers in the order of `tokenizers`."""
         ...
 
 

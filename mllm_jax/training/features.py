@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.branch import MEDIA, array_name
-from mllm_jax.models.output import TARGETS
+from mllm_jax.models.output import produced_in
 from mllm_jax.sharding.logical import PartRules, use_mesh
 from mllm_jax.training.config import Experiment, Stage
 
@@ -37,7 +37,8 @@ def stage_spec(experiment: Experiment, stage: Stage) -> BatchSpec:
     model = config.make()
 
     def encode(media, modality):
-        return model.init_with_output(jax.random.key(0), media, modality, method=_method(modality))[0]
+        of, method = _call(modality)
+        return model.init_with_output(jax.random.key(0), media, of, method=method)[0]
 
     for modality in stage.modalities:
         if media := _media(spec, modality, 1):
@@ -55,27 +56,22 @@ def with_features(spec: BatchSpec, shape: tuple[int, ...], dtype: str, modality:
     return spec.without(*names) | {_result(modality): features}
 
 
-def _produced(modality: str) -> str | None:
-    """Returns what the model produces in slots of this name, such as "image" in image_targets; None: it reads them."""
-    name = modality.removesuffix(f"_{TARGETS}")
-    return None if name == modality else name
-
-
-def _method(modality: str) -> str:
-    """Returns the model's method that computes features or conditions."""
-    return "encode_features" if _produced(modality) is None else "flat_conditions"
+def _call(modality: str) -> tuple[str, str]:
+    """Returns the modality and the model's method that computes its features or conditions."""
+    made = produced_in(modality)
+    return (modality, "encode_features") if made is None else (made, "flat_conditions")
 
 
 def _result(modality: str) -> str:
     """Returns the name of features or conditions in a batch."""
-    made = _produced(modality)
+    made = produced_in(modality)
     return array_name(modality, "features") if made is None else f"{made}_conditions"
 
 
 def _names(batch: Iterable[str], modality: str) -> list[str]:
     """Returns the names in a batch, or in its spec, of the arrays that a branch's encoder reads, if there are any."""
     held = set(batch)
-    if (made := _produced(modality)) is not None:
+    if (made := produced_in(modality)) is not None:
         return [name for name in (f"{made}_captions",) if name in held]
     return [key for name in MEDIA if (key := array_name(modality, name)) in held]
 
@@ -152,10 +148,12 @@ class FeatureCache:
             spec: of the model's batches with media of this modality.
         """
 
+        of, method = _call(modality)
+
         @jax.jit
         def encode(params, batch):
             with use_mesh(mesh, parts=parts):
-                return model.apply({"params": params}, batch, modality, method=_method(modality))
+                return model.apply({"params": params}, batch, of, method=method)
 
         example = _media(spec, modality, CHUNK)
 

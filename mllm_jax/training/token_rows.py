@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mllm_jax.data.processing.signals import ids_of
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.output import names_of_signals
-from mllm_jax.models.registry import abstract_init
+from mllm_jax.models.part_sources import vocabulary_axes
 from mllm_jax.training.partition import Leaves
 
 _NEW = "new_"  # prefix of the name of trainable rows
@@ -98,15 +98,7 @@ def signal_rows(model: nn.Module, tokenizer: Any = None) -> TokenRows:
     names = [name for each in names_of_signals(config).values() for name in each]
     size = config.llm.vocab_size
     ids = range(size - len(names), size) if tokenizer is None else ids_of(tokenizer, names, "the stage's signal_tokens")
-    return TokenRows(tuple(ids), vocabulary_tables(model))
-
-
-def vocabulary_tables(model: nn.Module) -> dict[str, int]:
-    """Returns {path: axis} of the LLM's parameters that have a row for each token, by their logical axes."""
-    boxed = abstract_init(model, model.config.batch_spec().empty(), method="touch")["llm"]
-    leaves = jax.tree.leaves_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
-    named = {f"llm/{'/'.join(key.key for key in path)}": getattr(leaf, "names", ()) for path, leaf in leaves}
-    return {path: names.index("vocab") for path, names in named.items() if "vocab" in names}
+    return TokenRows(tuple(ids), {f"llm/{path}": axis for path, axis in vocabulary_axes(config.llm).items()})
 
 
 def _rows(path: str) -> str:

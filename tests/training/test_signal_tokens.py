@@ -32,7 +32,6 @@ from mllm_jax.training.config import CheckpointConfig
 from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.output_alignment import OutputAlignment
 from mllm_jax.training.own_tokenizer import vocabulary_of
-from mllm_jax.training.token_rows import vocabulary_tables
 
 LLM = replace(WITH_IMAGES, hidden_size=32, num_layers=1, max_position_embeddings=128)
 DATA = Mixture((Weighted(Drawings(reads=False)),), rows=2, length=112, slots={"image_targets": 5})
@@ -215,7 +214,7 @@ def test_gradients_are_those_of_the_whole_tables(folders):
     batch["image_signals"][:, 0] = [10, 11, 12]
     batch["image_captions"] = rng.integers(0, 250, batch["image_captions"].shape).astype(np.int32)
     partition = partition_of(stage, model, SimpleNamespace(id_of=lambda name: HELD + int(name[-2])))
-    assert partition.rows.ids == tuple(ids) and partition.rows.axes == TABLES[False] == vocabulary_tables(model)
+    assert partition.rows.ids == tuple(ids) and partition.rows.axes == TABLES[False]
     apply, key = make_apply(model), jax.random.key(0)
 
     def gradient(joined, trees):

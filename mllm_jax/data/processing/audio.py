@@ -203,7 +203,7 @@ class LogMel:
 
     def _log_frames(self, wave: np.ndarray, count: int) -> Iterator[np.ndarray]:
         """Yields the log10 mel spectrogram of the first `count` frames of padded samples."""
-        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.n_fft) / self.n_fft)
+        window = hann_window(self.n_fft)
         filters = mel_filters(self.n_fft, self.feature_size, self.rate)
         for start in range(0, count, FRAMES):
             frames = np.lib.stride_tricks.sliding_window_view(wave, self.n_fft)[:: self.hop_length]
@@ -339,6 +339,11 @@ def _of_model(config: Mapping[str, Any]) -> str | None:
 
 
 @lru_cache(maxsize=8)
+def hann_window(size: int) -> np.ndarray:
+    """Returns Hann's periodic window float64[size]."""
+    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
+
+
 def mel_filters(n_fft: int, count: int, rate: int) -> np.ndarray:
     """Returns Slaney's mel filters of equal area up to 8 kHz, float64[count, n_fft // 2 + 1]."""
     step = math.log(6.4) / 27  # logarithmic from 1 kHz, which is mel 15

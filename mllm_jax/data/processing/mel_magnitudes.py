@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_jax.data.processing.audio import mel_filters
+from mllm_jax.data.processing.audio import hann_window, mel_filters
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -43,11 +43,6 @@ class MelMagnitudes:
         """The weights float64[bins, n_fft // 2 + 1] of the frequencies in each band."""
         return mel_filters(self.n_fft, self.bins, self.rate)
 
-    @property
-    def window(self) -> np.ndarray:
-        """Hann's window float64[n_fft] of a frame."""
-        return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.n_fft) / self.n_fft)
-
     def __call__(self, samples: np.ndarray, frames: int | None = None) -> np.ndarray:
         """Returns the spectrogram float32[frames, bins] of mono samples float[n].
 
@@ -66,5 +61,5 @@ class MelMagnitudes:
         padded[: len(samples)] = samples
         wave = np.pad(padded, self.n_fft // 2, mode="reflect")
         pieces = np.lib.stride_tricks.sliding_window_view(wave, self.n_fft)[:: self.hop][:count]
-        magnitudes = np.abs(np.fft.rfft(pieces * self.window))
+        magnitudes = np.abs(np.fft.rfft(pieces * hann_window(self.n_fft)))
         return np.log(np.maximum(magnitudes @ self.filters.T, self.floor)).astype(np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.output import slots_of
+from mllm_jax.models.output import produced_in, slots_of
 from mllm_jax.training.partition import trains
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def check_features(stage: Stage, model: Any, *, read: bool) -> None:
 
 def _fixed(stage: Stage, model: Any, modality: str) -> bool:
     """Returns whether each medium of a modality, or each caption of one to produce, has fixed features."""
-    if modality in [slots_of(produced) for produced in getattr(model, "outputs", ())]:
-        return True  # the generator is frozen
+    if (made := produced_in(modality)) is not None:
+        return not trains(stage.trainable, f"generator_{made}")
     branch = model.branch(modality)
     return not (branch.packed or branch.fires) and not trains(stage.trainable, model.part_name("encoder", modality))
 
